@@ -14,16 +14,18 @@ if TYPE_CHECKING:
     from tinyworld.catalogue import read_card
     from tinyworld.datasets import open_tinyworld
     from tinyworld.digits import Digits
+    from tinyworld.glyphs import Glyphs
 
 _HOME = {
     "Birds": "birds",
     "Digits": "digits",
+    "Glyphs": "glyphs",
     "load_tiny": "backbones",
     "open_tinyworld": "datasets",
     "read_card": "catalogue",
 }
 
-__all__ = ["Birds", "Digits", "load_tiny", "open_tinyworld", "read_card"]
+__all__ = ["Birds", "Digits", "Glyphs", "load_tiny", "open_tinyworld", "read_card"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,8 +1,8 @@
 """Model specs ``tiny:NAME`` (entry point of the group ``vfm_core.backbones``).
 
-``tiny:cnn``, ``tiny:vit``, ``tiny:vit-fair``, ``tiny:vit-reg``, ``tiny:clip``; options ``seed`` (training run),
-``layout`` (which classes a head knows), ``pool`` (what a transformer's head reads), ``img_size``; ``@FILE`` reads
-weights made by ``tinyworld train`` instead of the shipped ones.
+``tiny:cnn``, ``tiny:vit``, ``tiny:vit-fair``, ``tiny:vit-reg``, ``tiny:glyph-cnn``, ``tiny:clip``; options ``seed``
+(training run), ``layout`` (which classes a head knows), ``pool`` (what a transformer's head reads), ``img_size``;
+``@FILE`` reads weights made by ``tinyworld train`` instead of the shipped ones.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from vfm_core.preprocess import Preprocess
 from vfm_core.specs import Spec, height_width
 
 from tinyworld.catalogue import TinyModel, model_entry, weights_path
+from tinyworld.glyphs import glyph_names
 from tinyworld.models import MEAN, STD, build, read_weights, shipped
 from tinyworld.species import species_of
 
@@ -38,8 +39,8 @@ def load_tiny(
     spec : Spec
         See the module docstring.
     task : {"features", "classify"}
-        "classify" adds the linear head over `Birds.classes` of the layout. ``tiny:clip`` comes with both towers, and
-        with the species' names as texts to classify by.
+        "classify" adds the linear head over `Birds.classes` of the layout, or over the 20 glyphs. ``tiny:clip`` comes
+        with both towers, and with the species' names as texts to classify by.
     pretrained : bool
         False gives random weights from ``?seed=``.
     device, dtype : optional
@@ -66,7 +67,7 @@ def load_tiny(
         raise unknown_name("pooling", pool, entry.pools, where=str(spec))
     tensors = read_weights(_file(spec, entry, seed, layout)) if pretrained else None
     size = options.get("img_size", (entry.image_size, entry.image_size))
-    names = [str(one) for one in species_of(layout)]
+    names = glyph_names(20) if layout == "glyphs" else [str(one) for one in species_of(layout)]
     preprocess = Preprocess(size, "shortest", 1.0, "bicubic", MEAN, STD)
     if entry.name == "clip":
         from tinyworld.clip import ClipText, TinyCLIP, clip_from

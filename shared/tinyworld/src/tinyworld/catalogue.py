@@ -24,6 +24,15 @@ DATA: dict[str, dict[str, Callable[[str], Any]]] = {
         "plain": flag,
     },
     "digits": {"n": int, "split": str, "size": int},
+    "glyphs": {
+        "n": int,
+        "domain": str,
+        "split": str,
+        "seed": int,
+        "classes": int,
+        "size": int,
+        "own_shift": flag,
+    },
 }
 """Options of every data set with their converters."""
 
@@ -58,7 +67,7 @@ class TinyModel:
     seeds : tuple of int
         Shipped training seeds.
     layouts : tuple of str
-        Bird layouts that a head was trained for; ``per_layout`` says whether each has its own file.
+        Bird layouts that a head was trained for, or "glyphs"; ``per_layout`` says whether each has its own file.
     pools : tuple of str
         Pooling variants of the head, default first; empty for models without a choice.
     shape : mapping
@@ -118,6 +127,13 @@ MODELS: dict[str, TinyModel] = {
             layouts=("nested",),
             shape=_VIT_REG,
         ),
+        TinyModel(
+            "glyph-cnn",
+            "three convolutions with BatchNorm, 20 glyphs in the source domain (each seed its own glyphs)",
+            16,
+            (0, 1, 2, 3, 4),
+            layouts=("glyphs",),
+        ),
         TinyModel("clip", "image-text towers, contrastive on captions", 64, (0,), pools=(), shape=_VIT),
     )
 }
@@ -127,7 +143,7 @@ MODELS: dict[str, TinyModel] = {
 def model_entry(name: str) -> TinyModel:
     """The registry entry, or a UserError with the closest names."""
     if name not in MODELS:
-        raise unknown_name("tiny model", name, MODELS, where="tiny:")
+        raise unknown_name("tiny model", name, MODELS, where=f"tiny:{name}")
     return MODELS[name]
 
 

@@ -61,11 +61,11 @@ def card(
 
 @app.command(epilog=examples("tinyworld train cnn --seed 3 --out mine/", "tinyworld train vit --ship"))
 def train(
-    name: Annotated[str, typer.Argument(help="cnn, vit, vit-fair, vit-reg or clip.")],
+    name: Annotated[str, typer.Argument(help="cnn, vit, vit-fair, vit-reg, glyph-cnn or clip.")],
     seed: SeedOpt = 0,
     layout: Annotated[
-        str, typer.Option("--layout", help="nested or factorial, for models with a file each.")
-    ] = "nested",
+        str | None, typer.Option("--layout", help="nested (default) or factorial, for models with a file each.")
+    ] = None,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where weights and card go.")] = Path("tiny-models"),
     ship: Annotated[bool, typer.Option("--ship", help="Replace the shipped weights and card instead.")] = False,
     as_json: JsonOpt = False,
@@ -78,7 +78,7 @@ def train(
     from tinyworld.catalogue import model_entry
 
     entry = model_entry(name)
-    entry.check_layout(layout)
+    layout = entry.check_layout(layout or entry.layouts[0])
     from tinyworld.recipes import make
 
     def report(epoch: int, loss: float) -> None:

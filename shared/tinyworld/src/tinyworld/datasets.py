@@ -1,4 +1,4 @@
-"""Data specs ``tinyworld:birds?...`` and ``tinyworld:digits?...`` (entry point of the group ``vfm_core.data``)."""
+"""Data specs ``tinyworld:birds``, ``:digits`` and ``:glyphs`` (entry point of the group ``vfm_core.data``)."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from vfm_core.specs import Spec
 from tinyworld.birds import SPLITS, Birds
 from tinyworld.catalogue import DATA
 from tinyworld.digits import Digits
+from tinyworld.glyphs import Glyphs
 
-_MAKERS: dict[str, Callable[..., ImageDataset]] = {"birds": Birds, "digits": Digits}
+_MAKERS: dict[str, Callable[..., ImageDataset]] = {"birds": Birds, "digits": Digits, "glyphs": Glyphs}
 
 
 def open_tinyworld(spec: Spec, split: str | None = None) -> ImageDataset:
@@ -21,7 +22,7 @@ def open_tinyworld(spec: Spec, split: str | None = None) -> ImageDataset:
     Parameters
     ----------
     spec : Spec
-        Name "birds" or "digits"; the options are the arguments of `Birds` and `Digits`.
+        Name "birds", "digits" or "glyphs"; the options are the arguments of `Birds`, `Digits` and `Glyphs`.
     split : str, optional
         "train" (default), "val" or "test"; the same as ``@SPLIT`` and ``?split=``.
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -29,6 +29,7 @@ from tinyworld import models
 from tinyworld.backbones import load_tiny
 from tinyworld.birds import Birds
 from tinyworld.catalogue import card_path, model_entry, weights_path
+from tinyworld.glyphs import DOMAINS, Glyphs
 from tinyworld.models import build, rounded, seeded
 from tinyworld.pretext import PRETEXTS, PretextModel, pretext_loss
 from tinyworld.towers import train_clip, train_distilled
@@ -66,6 +67,27 @@ def train_cnn(seed: int, layout: str, report: Report | None = None) -> Product:
     state = model.state_dict()
     tensors = _body(state)
     tensors.update({f"heads.{layout}.avg.{key}": state[f"fc.{key}"] for key in ("weight", "bias")})
+    return Product(tensors, recipe, seconds, _size(model))
+
+
+def train_glyph_cnn(seed: int, report: Report | None = None) -> Product:
+    """Supervised classifier of 20 glyphs in the source domain, 120 pictures each, 10 epochs."""
+    glyphs = Glyphs(120, "source", "train", seed)
+    x, y = to_input(glyphs.images(range(len(glyphs)))), torch.from_numpy(glyphs.labels)
+    model = build("glyph-cnn", len(glyphs.classes), seed=seed)
+    schedule = Schedule(epochs=10, steps=len(x) // 64, lr=0.1, weight_decay=5e-4, clip=float("inf"), rule="sgd")
+
+    def batches(epoch: int) -> Iterator[tuple[Tensor, ...]]:
+        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+        return ((x[rows], y[rows]) for rows in order.split(64)[: schedule.steps])
+
+    seconds = train(model, batches, _classify, schedule, seed, report)
+    recipe = (
+        f'cross-entropy on Glyphs(n=120, domain="source", split="train", seed={seed}); SGD, Nesterov momentum 0.9, '
+        "cosine from 0.1, weight decay 5e-4, batch 64, 10 epochs"
+    )
+    state = model.state_dict()
+    tensors = _body(state) | {f"heads.glyphs.avg.{key}": state[f"fc.{key}"] for key in ("weight", "bias")}
     return Product(tensors, recipe, seconds, _size(model))
 
 
@@ -190,10 +212,10 @@ def logistic_regression(features: Tensor, y: Tensor, classes: int, penalty: floa
         return raw, bias - raw @ mean
 
 
-def accuracy(native: Native, birds: Birds) -> float:
-    """Top-1 accuracy on birds, in [0, 1]; an image-text model classifies by the species' captions."""
+def accuracy(native: Native, birds: Birds | Glyphs) -> float:
+    """Top-1 accuracy on birds or glyphs, in [0, 1]; an image-text model classifies by the species' captions."""
     hits = 0
-    text = native.text.encode(birds.captions) if native.text else None
+    text = native.text.encode(birds.captions) if native.text and isinstance(birds, Birds) else None
     with torch.inference_mode():
         for rows in np.array_split(np.arange(len(birds)), max(1, len(birds) // 64)):
             x = torch.stack([native.preprocess(Image.fromarray(one)) for one in birds.images(rows)])
@@ -205,10 +227,21 @@ def accuracy(native: Native, birds: Birds) -> float:
     return hits / len(birds)
 
 
-def measure(name: str, path: Path, layout: str, n: int = VAL_IMAGES, split: str = "val") -> dict[str, float]:
-    """Accuracies of a weight file on n birds of world seed 0, one per layout and head."""
+def measure(
+    name: str, path: Path, layout: str, n: int = VAL_IMAGES, split: str = "val", seed: int = 0
+) -> dict[str, float]:
+    """Accuracies of a weight file on n birds of world seed 0, one per layout and head.
+
+    Of a glyph model: on ``n // 20`` pictures of each of its own glyphs in both domains.
+    """
     entry = model_entry(name)
     found = {}
+    if layout == "glyphs":
+        native = load_tiny(Spec("tiny", name, str(path)), task="classify")
+        for domain in DOMAINS:
+            glyphs = Glyphs(n // 20, domain, split, seed)
+            found[f"accuracy, {domain} domain"] = round(accuracy(native, glyphs), 4)
+        return found
     for one in [layout] if entry.per_layout else entry.layouts:
         birds = Birds(n, one, split, 0)
         for pool in entry.pools or (None,):
@@ -220,7 +253,7 @@ def measure(name: str, path: Path, layout: str, n: int = VAL_IMAGES, split: str 
 
 
 def make(
-    name: str, seed: int = 0, layout: str = "nested", out: Path | None = None, report: Report | None = None
+    name: str, seed: int = 0, layout: str | None = None, out: Path | None = None, report: Report | None = None
 ) -> dict[str, Any]:
     """Train a tiny model, write its weights and its card, and return the card.
 
@@ -230,8 +263,8 @@ def make(
         Key of `MODELS`.
     seed : int
         Training seed.
-    layout : str
-        For models with one file per layout.
+    layout : str, optional
+        For models with one file per layout; the model's first by default.
     out : Path, optional
         Folder for ``NAME.safetensors`` and ``NAME.json``; by default the shipped files are replaced.
     report : callable, optional
@@ -243,12 +276,13 @@ def make(
         Unknown model, or a layout that the model has no file for.
     """
     entry = model_entry(name)
-    entry.check_layout(layout)
+    layout = entry.check_layout(layout or entry.layouts[0])
     recipes: dict[str, Callable[..., Product]] = {
         "cnn": partial(train_cnn, layout=layout),
         "vit": partial(train_vit, name),
         "vit-fair": partial(train_vit, name),
         "vit-reg": train_vit_reg,
+        "glyph-cnn": train_glyph_cnn,
         "clip": train_clip_towers,
     }
     product = recipes[name](seed=seed, report=report)
@@ -265,8 +299,10 @@ def make(
         "parameters": product.parameters,
         "image_size": entry.image_size,
         "shape": dict(entry.shape or {}),
-        "measured": measure(name, path, layout),
-        "measured_on": f'Birds(n={VAL_IMAGES}, split="val", seed=0)',
+        "measured": measure(name, path, layout, seed=seed),
+        "measured_on": f'Glyphs(n={VAL_IMAGES // 20}, split="val", seed={seed})'
+        if layout == "glyphs"
+        else f'Birds(n={VAL_IMAGES}, split="val", seed=0)',
         "training_cpu_seconds": round(product.seconds, 1),
         "bytes": path.stat().st_size,
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),

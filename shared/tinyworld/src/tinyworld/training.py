@@ -29,7 +29,7 @@ Batches = Callable[[int], Iterator[tuple[Tensor, ...]]]
 
 @dataclass(frozen=True)
 class Schedule:
-    """AdamW with a one-cycle learning rate.
+    """AdamW with a one-cycle learning rate, or SGD with Nesterov momentum 0.9 and a cosine.
 
     Attributes
     ----------
@@ -41,6 +41,8 @@ class Schedule:
         Fraction of all steps during which the rate rises.
     clip : float
         Largest gradient norm.
+    rule : {"adamw", "sgd"}
+        SGD decays every parameter, AdamW those with more than one axis.
     """
 
     epochs: int
@@ -49,6 +51,7 @@ class Schedule:
     weight_decay: float = 0.01
     warmup: float = 0.25
     clip: float = 1.0
+    rule: str = "adamw"
 
 
 class one_thread:
@@ -93,12 +96,7 @@ def train(
         CPU seconds.
     """
     start = time.process_time()
-    decay = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
-    plain = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
-    groups = [{"params": decay, "weight_decay": schedule.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=schedule.lr)
-    total = schedule.epochs * schedule.steps
-    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, schedule.lr, total, pct_start=schedule.warmup)
+    optimizer, course = _optimizer(model, schedule)
     model.train()
     with seeded(seed), one_thread(), torch.enable_grad():
         for epoch in range(schedule.epochs):
@@ -109,7 +107,7 @@ def train(
                 value.backward()
                 nn.utils.clip_grad_norm_(model.parameters(), schedule.clip)
                 optimizer.step()
-                cycle.step()
+                course.step()
                 running.append(value.item())
             mean = float(np.mean(running))
             log.info("epoch %d: loss %.4f", epoch, mean)
@@ -117,6 +115,20 @@ def train(
                 report(epoch, mean)
     model.eval()
     return time.process_time() - start
+
+
+def _optimizer(
+    model: nn.Module, schedule: Schedule
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    total = schedule.epochs * schedule.steps
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if schedule.rule == "sgd":
+        sgd = torch.optim.SGD(trained, schedule.lr, 0.9, nesterov=True, weight_decay=schedule.weight_decay)
+        return sgd, torch.optim.lr_scheduler.CosineAnnealingLR(sgd, total)
+    decay, plain = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
+    groups = [{"params": decay, "weight_decay": schedule.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, lr=schedule.lr)
+    return adamw, torch.optim.lr_scheduler.OneCycleLR(adamw, schedule.lr, total, pct_start=schedule.warmup)
 
 
 def to_input(images: np.ndarray) -> Tensor:
