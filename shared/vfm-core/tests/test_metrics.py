@@ -14,6 +14,8 @@ from vfm_core.metrics import (
     as_array,
     balanced_accuracy,
     bootstrap_interval,
+    expected_calibration_error,
+    harmonic_mean,
     paired_difference,
     per_class_accuracy,
     rank_correlation,
@@ -165,3 +167,40 @@ def test_rank_correlation_sees_order_only() -> None:
     assert rank_correlation(x, -x) == pytest.approx(-1)
     with pytest.raises(ValueError, match="one length"):
         rank_correlation([1, 2], [1])
+
+
+def test_harmonic_mean() -> None:
+    assert harmonic_mean(0.5, 1.0) == pytest.approx(2 / 3) and isinstance(harmonic_mean(0.5, 1), float)
+    assert harmonic_mean(0, 0) == 0 and harmonic_mean(0, 0.9) == 0 and math.isnan(harmonic_mean(math.nan, 0.0))
+    found = harmonic_mean([0.0, 0.5, math.nan], torch.tensor([0.0, 0.5, 0.5]))
+    np.testing.assert_allclose(found, [0, 0.5, math.nan])
+    with pytest.raises(ValueError, match="at least 0"):
+        harmonic_mean(-0.1, 0.5)
+
+
+@pytest.mark.parity
+@given(st.floats(1e-3, 1), st.floats(1e-3, 1))
+def test_harmonic_mean_equals_scipy(a: float, b: float) -> None:
+    from scipy.stats import hmean
+
+    assert harmonic_mean(a, b) == pytest.approx(float(hmean([a, b])))
+
+
+def test_expected_calibration_error_by_hand() -> None:
+    # Two bins of [0, 1]: confidences 0.6 (right), 0.6 (wrong) and 0.9 (right) all in the upper one: |2/3 - 0.7|.
+    p = np.array([[0.6, 0.4], [0.6, 0.4], [0.1, 0.9]])
+    assert expected_calibration_error(p, [0, 1, 1], n_bins=2) == pytest.approx(0.7 - 2 / 3)
+    # Ten bins: 0.6 is right half of the time, 0.9 always.
+    assert expected_calibration_error(p, [0, 1, 1], n_bins=10) == pytest.approx(2 / 3 * 0.1 + 1 / 3 * 0.1)
+    assert expected_calibration_error(torch.from_numpy(p), [0, 1, 1], n_bins=10, norm="max") == pytest.approx(0.1)
+    assert expected_calibration_error(np.eye(3)[[0, 1, 2]], [0, 1, 2]) == 0
+    assert expected_calibration_error(np.eye(3)[[0, 1, 2]] * (1 + 1e-7), [1, 2, 0]) == pytest.approx(1)
+
+
+def test_expected_calibration_error_needs_probabilities() -> None:
+    with pytest.raises(ValueError, match="softmax"):
+        expected_calibration_error([[2.0, -1.0]], [0])
+    with pytest.raises(ValueError, match="need probabilities"):
+        expected_calibration_error([[0.5, 0.5]], [0, 1])
+    with pytest.raises(ValueError, match="need probabilities"):
+        expected_calibration_error(np.empty((0, 2)), [])

@@ -151,6 +151,66 @@ def test_clipping_bounds_the_step():
     assert moved == pytest.approx(1e-3, rel=1e-3)
 
 
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_momentum_is_torchs(nesterov):
+    config = TrainConfig(
+        epochs=2, lr=0.05, optimizer="sgd", momentum=0.9, nesterov=nesterov, schedule="constant", batch_size=48
+    )
+    model = nn.Linear(6, 3)
+    mine = copy.deepcopy(model)
+    fit(model, lambda epoch, generator: [(X, Y)] * 3, nn.functional.cross_entropy, config)
+    optimizer = torch.optim.SGD(mine.parameters(), 0.05, momentum=0.9, nesterov=nesterov)
+    for _ in range(6):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(mine(X), Y).backward()
+        optimizer.step()
+    assert same(model, mine)
+
+
+@pytest.mark.parametrize("optimizer", ["adabelief", "adadelta", "adagrad", "rmsprop", "lamb", "sgdw"])
+def test_rules_of_timm_learn_and_groups_keep_their_own_rates(optimizer):
+    lr = 1.0 if optimizer == "adadelta" else 0.02  # it scales its steps by itself
+    config = TrainConfig(epochs=6, lr=lr, optimizer=optimizer, batch_size=8, schedule="constant", weight_decay=1e-4)
+    model = net()
+    before = copy.deepcopy(model)
+    groups = [{"params": model.head[0].parameters(), "lr": 0.0}, {"params": model.head[4].parameters()}]
+    _, history = train(model, config, param_groups=groups)
+    assert same(model.head[0], before.head[0]) and not same(model.head[4], before.head[4])
+    assert history.losses[-1] < history.losses[0]
+
+
+def test_a_run_with_a_rule_of_timm_resumes_exactly(tmp_path):
+    config = TrainConfig(epochs=4, lr=0.02, optimizer="rmsprop", batch_size=8)
+    with pytest.raises(KeyboardInterrupt):
+        train(
+            config=config,
+            out=tmp_path,
+            on_epoch=lambda r: (_ for _ in ()).throw(KeyboardInterrupt) if r["epoch"] == 2 else None,
+        )
+    assert same(train(config=config, out=tmp_path, resume=True)[0], train(config=config)[0])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"optimizer": "adabelieve"}, "unknown optimizer in training settings: 'adabelieve'; did you mean adabelief"),
+        ({"optimizer": "lookahead"}, "unknown optimizer"),
+        ({"nesterov": True}, "nesterov needs sgd with momentum"),
+        ({"nesterov": True, "optimizer": "sgd", "momentum": 0.0}, "use optimizer='sgd' with momentum above 0"),
+    ],
+)
+def test_rules_that_cannot_be(settings, message):
+    with pytest.raises(UserError, match=message):
+        TrainConfig(**settings)
+
+
+def test_a_rule_that_needs_what_is_not_here():
+    if torch.cuda.is_available():
+        pytest.skip("has a GPU")
+    with pytest.raises(UserError, match="optimizer bnbadam cannot be made"):
+        train(config=TrainConfig(optimizer="bnbadam"))
+
+
 def test_groups_keep_their_own_learning_rate():
     model = net()
     heads = [{"params": model.head[0].parameters(), "lr": 0.0}, {"params": model.head[4].parameters()}]

@@ -60,7 +60,7 @@ DataOpt = Annotated[
 OutOpt = Annotated[Path, typer.Option("--out", metavar="DIR", help="Run folder; the same command again resumes it.")]
 DeviceOpt = Annotated[str, typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:i.")]
 DtypeOpt = Annotated[str, typer.Option("--dtype", metavar="DTYPE", help="float32, bfloat16 or float16.")]
-SeedOpt = Annotated[int, typer.Option("--seed", help="Seed of every random choice.")]
+SeedOpt = Annotated[int, typer.Option("--seed", min=0, help="Seed of every random choice.")]
 WorkersOpt = Annotated[int, typer.Option("--workers", min=0, help="Processes that read images; 0 = in this one.")]
 BatchSizeOpt = Annotated[int, typer.Option("--batch-size", min=1, help="Images per forward pass.")]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]

@@ -93,6 +93,76 @@ def balanced_accuracy(predictions: Any, labels: Any) -> float:
     return float(np.nanmean(per_class_accuracy(predictions, labels)))
 
 
+def harmonic_mean(a: Any, b: Any) -> Any:
+    """Harmonic mean 2ab / (a + b) of two accuracies; 0 where one of them is 0, NaN where one is NaN.
+
+    Parameters
+    ----------
+    a, b
+        Numbers or arrays >= 0 that broadcast against each other.
+
+    Returns
+    -------
+    float or ndarray of float64
+        A float when both are numbers.
+
+    Raises
+    ------
+    ValueError
+        If a value is negative.
+    """
+    x, y = as_array(a).astype(np.float64), as_array(b).astype(np.float64)
+    if (x < 0).any() or (y < 0).any():
+        raise ValueError("the harmonic mean needs values of at least 0")
+    total = np.asarray(x + y)
+    mean = np.divide(2 * x * y, total, out=np.zeros_like(total), where=total != 0)  # NaN != 0: it stays NaN
+    return mean if mean.ndim else float(mean)
+
+
+def expected_calibration_error(probabilities: Any, labels: Any, n_bins: int = 15, norm: str = "l1") -> float:
+    """Gap between confidence and accuracy over equal bins of the confidence (torchmetrics).
+
+    Parameters
+    ----------
+    probabilities
+        (N, C), rows that sum to 1; the confidence is the largest entry.
+    labels
+        Class ids (N,).
+    n_bins
+        Number of bins of [0, 1].
+    norm
+        ``"l1"`` expected (ECE), ``"l2"`` root mean square, ``"max"`` largest gap.
+
+    Returns
+    -------
+    float
+        In [0, 1].
+
+    Raises
+    ------
+    ValueError
+        If the shapes disagree, there is no label, or the rows are no probabilities.
+    """
+    import torch
+    from torchmetrics.functional.classification import multiclass_calibration_error
+
+    p, t = as_array(probabilities), as_array(labels)
+    if p.ndim != 2 or t.shape != (len(p),) or len(t) == 0:
+        raise ValueError(f"need probabilities (N, C) and labels (N,), got {p.shape} and {t.shape}")
+    if not (p.min() >= 0 and np.allclose(p.sum(axis=1), 1, atol=1e-3)):
+        raise ValueError("rows must be probabilities that sum to 1; apply a softmax to logits first")
+    # torchmetrics would take a softmax of values outside [0, 1]; rounding must not push it there.
+    scores = torch.from_numpy(np.clip(p, 0, 1).astype(np.float64))
+    error = multiclass_calibration_error(
+        scores,
+        torch.from_numpy(t.astype(np.int64)),
+        num_classes=max(2, p.shape[1]),
+        n_bins=n_bins,
+        norm=norm,  # type: ignore[arg-type]
+    )
+    return float(error)
+
+
 def _resampled_means(values: Floats, n: int, seed: int) -> Floats:
     """Means of ``n`` bootstrap samples of ``values`` (N,), in blocks of bounded memory."""
     rng = np.random.default_rng(seed)

@@ -14,11 +14,35 @@ __all__ = ["learning_rate_factor", "make_optimizer", "make_scheduler"]
 
 
 def make_optimizer(parameters: list[dict[str, Any]], config: TrainConfig) -> torch.optim.Optimizer:
-    """Build the optimiser over parameter groups."""
+    """Build the optimiser over parameter groups, which may name their own ``lr`` and ``weight_decay``.
+
+    ``sgd``, ``adam`` and ``adamw`` are torch's. Other names are timm's; a rule without momentum ignores it.
+
+    Raises
+    ------
+    UserError
+        A rule of timm that needs more than it is given, or a library that is absent.
+    """
     if config.optimizer == "sgd":
-        return torch.optim.SGD(parameters, config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
-    rule = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
-    return rule(parameters, config.lr, weight_decay=config.weight_decay)
+        return torch.optim.SGD(
+            parameters,
+            config.lr,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            nesterov=config.nesterov,
+        )
+    if config.optimizer in ("adam", "adamw"):
+        rule = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
+        return rule(parameters, config.lr, weight_decay=config.weight_decay)
+    from timm.optim import create_optimizer_v2
+
+    options = {"opt": config.optimizer, "lr": config.lr, "weight_decay": config.weight_decay}
+    # timm's own switch for parameters without decay is off: groups say what they want.
+    try:
+        return create_optimizer_v2(parameters, **options, momentum=config.momentum, filter_bias_and_bn=False)
+    except (ImportError, AssertionError, ValueError, TypeError, RuntimeError) as error:
+        remedy = "choose another, such as sgd, adam, adabelief or rmsprop"
+        raise UserError(f"optimizer {config.optimizer} cannot be made", given=error, remedy=remedy) from error
 
 
 def learning_rate_factor(config: TrainConfig, epoch: float, step: float) -> float:

@@ -10,6 +10,8 @@ from vfm_core.errors import UserError, unknown_name
 
 __all__ = ["TrainConfig"]
 
+_OWN_RULES = ("adamw", "adam", "sgd")  # torch's, known without importing timm
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -21,10 +23,13 @@ class TrainConfig:
         Passes over the data.
     lr : float
         Peak learning rate.
-    optimizer : {"adamw", "adam", "sgd"}
-        Update rule.
+    optimizer : str
+        Update rule: ``adamw``, ``adam``, ``sgd``, or any other name of ``timm.optim.list_optimizers()`` (``adabelief``,
+        ``adadelta``, ``adagrad``, ``rmsprop`` ...).
     weight_decay, momentum : float
-        Momentum is for sgd.
+        Momentum is for sgd and for those other rules that know it.
+    nesterov : bool
+        Look ahead along the momentum; sgd with momentum above 0 only.
     warmup_epochs : float
         Linear rise of the learning rate; for ``onecycle`` the rising part of the cycle (30% of it when 0).
     lr_min : float
@@ -50,7 +55,7 @@ class TrainConfig:
 
     epochs: int = 20
     lr: float = 1e-3
-    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
+    optimizer: str = "adamw"
     weight_decay: float = 0.0
     momentum: float = 0.9
     warmup_epochs: float = 0.0
@@ -61,16 +66,22 @@ class TrainConfig:
     grad_accum: int = 1
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     seed: int = 0
+    nesterov: bool = False
 
     def __post_init__(self) -> None:
+        if self.optimizer not in _OWN_RULES and self.optimizer not in (known := _timm_rules()):
+            raise unknown_name("optimizer", str(self.optimizer), known, where="training settings")
         choices = {
-            "optimizer": ("adamw", "adam", "sgd"),
             "schedule": ("cosine", "onecycle", "constant"),
             "mixed_precision": ("no", "bf16", "fp16"),
         }
         for name, options in choices.items():
             if getattr(self, name) not in options:
                 raise unknown_name(name, str(getattr(self, name)), options, where="training settings")
+        if self.nesterov and not (self.optimizer == "sgd" and self.momentum > 0):
+            given = f"optimizer {self.optimizer}, momentum {self.momentum}"
+            remedy = "use optimizer='sgd' with momentum above 0, or nesterov=False"
+            raise UserError("nesterov needs sgd with momentum", where="training settings", given=given, remedy=remedy)
         rules = {
             "epochs": self.epochs >= 1,
             "lr": 0 < self.lr < math.inf,
@@ -85,3 +96,10 @@ class TrainConfig:
         for name, holds in rules.items():
             if not holds:
                 raise UserError(f"{name} out of range", where="training settings", given=getattr(self, name))
+
+
+def _timm_rules() -> list[str]:
+    from timm.optim import list_optimizers
+
+    # The one wraps another rule, the other needs second derivatives, which the loop does not compute.
+    return [name for name in list_optimizers() if name not in ("lookahead", "adahessian")]
