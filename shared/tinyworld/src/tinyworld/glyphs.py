@@ -75,8 +75,8 @@ class Glyphs(ImageDataset):
         self.domain, self.split, self.seed, self.size, self.own_shift = domain, split, seed, size, own_shift
         self.figures = figures(classes, seed)
         labels = np.tile(np.arange(classes), n)
-        ids = [f"{split}-{i:06d}" for i in range(len(labels))]
-        super().__init__(f"glyphs-{domain}-{split}-{seed}", ids, labels, glyph_names(classes))
+        name = f"glyphs-{domain}{'-own' if own_shift else ''}-{split}-{seed}-{classes}x{size}"
+        super().__init__(name, [f"{name}-{i:06d}" for i in range(len(labels))], labels, glyph_names(classes))
 
     def images(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         """Pictures as uint8 (n, size, size, 3); picture i does not depend on which others are asked for."""
