@@ -80,7 +80,7 @@ def test_onecycle_is_torchs():
 def test_learning_rate_stays_between_its_bounds(epochs, warmup, low, at, schedule):
     config = TrainConfig(epochs=epochs, lr=0.3, warmup_epochs=warmup * epochs, lr_min=0.3 * low, schedule=schedule)
     factor = learning_rate_factor(config, at * epochs, 0.01)
-    assert 0 < factor <= 1 + 1e-12 or (low == 0 and factor == pytest.approx(0, abs=1e-9))
+    assert 0 < factor <= 1 + 1e-12 or (config.lr_min == 0 and factor == pytest.approx(0, abs=1e-9))
     if at >= warmup + 1e-9:
         assert factor >= low - 1e-12
 
