@@ -41,7 +41,7 @@ def demo(
     quiet: QuietOpt = False,
     debug: DebugOpt = False,
 ) -> None:
-    """Break and repair a small network: the embedded study, about a minute, no download."""
+    """Break and repair a small network: the embedded study, a minute or two, no download."""
     from ft_calibrate.demo import run_demo
 
     def bar(units: Any, total: int) -> Any:
