@@ -319,3 +319,16 @@ def test_jsonable() -> None:
     ]
     with pytest.raises(TypeError, match="no JSON form for object"):
         jsonable(object())
+
+
+def test_records_that_finish_together_are_added_together(tmp_path: Path) -> None:
+    with RunDir(tmp_path / "run", {"a": 1}) as run:
+        run.append_all([{"unit": "a", "x": 1}, {"unit": "b", "x": 2}])
+        run.append_all([])
+        for bad in ([{"unit": "c"}, {"unit": "a"}], [{"unit": "c"}, {"unit": "c"}]):
+            with pytest.raises(ValueError, match="already recorded"):
+                run.append_all(bad)
+        with pytest.raises(KeyError):
+            run.append_all([{"unit": "c"}, {"x": 1}])
+        assert [record["unit"] for record in run.records()] == ["a", "b"]
+        assert run.done == {"a", "b"}

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 from vfm_core.errors import UserError
+from vfm_core.executors import make_executor
 from vfm_core.files import atomic_write, jsonable, write_json
 from vfm_core.runs import RunDir
 
@@ -36,7 +37,6 @@ from ft_calibrate.compare_units import (
     run_unit,
     unit_facts,
 )
-from ft_calibrate.executors import make_executor
 from ft_calibrate.groups import class_groups
 from ft_calibrate.pcv_folds import EXECUTION, check_choices, settings_of
 from ft_calibrate.recipes.spec import parse_recipe

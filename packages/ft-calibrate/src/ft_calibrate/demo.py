@@ -99,8 +99,9 @@ def run_demo(
     UserError
         Seeds that are not there, or a folder that holds a run with other settings.
     """
+    from vfm_core.executors import make_executor
+
     from ft_calibrate.demo_report import arm_rows, write_report
-    from ft_calibrate.executors import make_executor
 
     start = time.perf_counter()
     chosen = _seeds(seed, seeds)

@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vfm_core.errors import UserError
+from vfm_core.executors import make_executor
 from vfm_core.runs import RunDir
 
-from ft_calibrate.executors import make_executor
 from ft_calibrate.gap import average_logit_gap
 from ft_calibrate.groups import class_groups
 from ft_calibrate.pcv import Fold, GammaEstimate, pseudo_cross_validation, ratio_pcv

@@ -26,7 +26,7 @@ import socket
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -221,17 +221,28 @@ class RunDir:
         UserError
             The folder cannot be written or is full.
         """
-        unit = str(record[self.key])
+        self.append_all([record])
+
+    def append_all(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Add the records of units that finished together, in one write; on return they are on disk.
+
+        Raises
+        ------
+        KeyError, ValueError, RuntimeError, UserError
+            As `append`; then none of the records is added.
+        """
+        units = [str(record[self.key]) for record in records]
         with self._append_lock:
-            if unit in self.done:
-                raise ValueError(f"unit {unit!r} is already recorded in {self.path / 'results.jsonl'}")
-            self._append_line("results.jsonl", record)
-            self.done.add(unit)
+            for unit in units:
+                if unit in self.done or units.count(unit) > 1:
+                    raise ValueError(f"unit {unit!r} is already recorded in {self.path / 'results.jsonl'}")
+            self._append_lines("results.jsonl", records)
+            self.done.update(units)
 
     def append_error(self, record: Mapping[str, Any]) -> None:
         """Add an error record. A unit that failed is not done: the next start tries it again."""
         with self._append_lock:
-            self._append_line("errors.jsonl", record)
+            self._append_lines("errors.jsonl", [record])
 
     def records(self) -> list[dict[str, Any]]:
         """All records, oldest first, as read from disk (so NaN reads ``None``)."""
@@ -318,14 +329,14 @@ class RunDir:
             starts = json.loads(path.read_text(encoding="utf-8"))["starts"]
         write_json(path, {"starts": [*starts, environment()]})
 
-    def _append_line(self, name: str, record: Mapping[str, Any]) -> None:
+    def _append_lines(self, name: str, records: Sequence[Mapping[str, Any]]) -> None:
         if self._lock is None:
             raise RuntimeError("RunDir is not open: use `with RunDir(...) as run:`")
-        line = json.dumps(jsonable(record), ensure_ascii=False, allow_nan=False) + "\n"
+        lines = [json.dumps(jsonable(record), ensure_ascii=False, allow_nan=False) + "\n" for record in records]
         with writing(self.path), (self.path / name).open("ab", buffering=0) as file:
             size = file.tell()
             try:
-                file.write(line.encode())
+                file.write("".join(lines).encode())
                 os.fsync(file.fileno())
             except OSError:  # a full disk: a partial line must not end up in the middle of the file
                 file.truncate(size)

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from vfm_core.errors import UserError
+from vfm_core.executors import end_with_parent
 from vfm_core.files import atomic_write
 
-from ft_calibrate.executors import end_with_parent
 from ft_calibrate.recipes.lolsgd import LocalWork, local_run
 
 __all__ = ["Jobs", "Processes"]

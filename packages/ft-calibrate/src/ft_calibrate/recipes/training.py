@@ -21,12 +21,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 from vfm_core.errors import UserError
+from vfm_core.executors import Local, make_executor
 from vfm_core.isolation import forked_rng, seed_device, stream
 from vfm_core.runs import RunDir
 from vfm_core.train import TrainConfig, fit
 
 from ft_calibrate.classifier import Classifier
-from ft_calibrate.executors import Local, make_executor
 from ft_calibrate.recipes.averaging import IterateAverage, SourceEnsemble, interpolate_states
 from ft_calibrate.recipes.heads import cosine_head_from
 from ft_calibrate.recipes.lolsgd import LocalRuns, LocalWork, Serial, run_rounds

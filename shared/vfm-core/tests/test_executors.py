@@ -7,8 +7,8 @@ import operator
 from typing import Any
 
 import pytest
-from ft_calibrate.executors import Local, Outcome, make_executor
 from vfm_core.errors import UserError
+from vfm_core.executors import Local, Outcome, make_executor
 
 
 def half(context: int, unit: int) -> float:
@@ -28,12 +28,12 @@ def test_unknown_executors_are_refused(text: str) -> None:
         make_executor(text)
 
 
-def test_ray_absent_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ray_absent_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> Any:
         raise ImportError(name)
 
     monkeypatch.setattr(importlib, "import_module", missing)
-    with pytest.raises(UserError, match=r'Ray is not installed in --executor: ray; pip install "ft-calibrate\[ray\]"'):
+    with pytest.raises(UserError, match=r"Ray is not installed in --executor: ray; pip install \"ray>=2.40\""):
         make_executor("ray")
 
 

@@ -1,6 +1,6 @@
 """Where independent units of work run: in this process, in several processes of this machine, or on a Ray cluster.
 
-Ours, not from a paper. A unit is anything picklable that can be computed alone and again; the caller keeps the record
+A unit is anything picklable that can be computed alone and again; the caller keeps the record
 of what is finished, so a lost worker costs one unit. All executors give the same results: a worker process uses as many
 threads as its parent, because the order of additions, and with it the last digits, depends on their number.
 """
@@ -133,7 +133,7 @@ def _ray() -> Any:
     try:
         return importlib.import_module("ray")
     except ImportError as e:
-        remedy = 'pip install "ft-calibrate[ray]", or use --executor local:N'
+        remedy = 'pip install "ray>=2.40", or use --executor local:N'
         raise UserError("Ray is not installed", where="--executor", given="ray", remedy=remedy) from e
 
 
