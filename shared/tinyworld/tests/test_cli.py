@@ -27,9 +27,10 @@ def test_list_names_everything() -> None:
     done = tinyworld("list", "--json")
     assert done.returncode == 0, done.stderr
     content = json.loads(done.stdout)
-    assert {row["data"] for row in content["data"]} == {f"tinyworld:{name}" for name in ("birds", "digits", "glyphs")}
+    specs = {f"tinyworld:{name}" for name in ("birds", "digits", "glyphs")}
+    assert {row["data"] for row in content["data"]} == specs | {"tinyworld.make_albums"}
     assert {row["model"] for row in content["models"]} == {
-        f"tiny:{name}" for name in ("cnn", "vit", "vit-fair", "vit-reg", "glyph-cnn", "clip")
+        f"tiny:{name}" for name in ("cnn", "vit", "vit-fair", "vit-reg", "glyph-cnn", "clip", "vlm")
     }
     assert all(row["accuracy"] for row in content["models"])
 

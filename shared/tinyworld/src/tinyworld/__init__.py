@@ -9,23 +9,42 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tinyworld.albums import Album, make_albums
     from tinyworld.backbones import load_tiny
     from tinyworld.birds import Birds
     from tinyworld.catalogue import read_card
     from tinyworld.datasets import open_tinyworld
     from tinyworld.digits import Digits
     from tinyworld.glyphs import Glyphs
+    from tinyworld.vlm import build_vlm, load_vlm, save_vlm
 
 _HOME = {
+    "Album": "albums",
     "Birds": "birds",
     "Digits": "digits",
     "Glyphs": "glyphs",
+    "build_vlm": "vlm",
     "load_tiny": "backbones",
+    "load_vlm": "vlm",
+    "make_albums": "albums",
     "open_tinyworld": "datasets",
     "read_card": "catalogue",
+    "save_vlm": "vlm",
 }
 
-__all__ = ["Birds", "Digits", "Glyphs", "load_tiny", "open_tinyworld", "read_card"]
+__all__ = [
+    "Album",
+    "Birds",
+    "Digits",
+    "Glyphs",
+    "build_vlm",
+    "load_tiny",
+    "load_vlm",
+    "make_albums",
+    "open_tinyworld",
+    "read_card",
+    "save_vlm",
+]
 
 
 def __getattr__(name: str) -> Any:

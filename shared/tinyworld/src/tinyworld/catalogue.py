@@ -9,7 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from vfm_core.errors import unknown_name
+from vfm_core.errors import UserError, unknown_name
 from vfm_core.specs import flag
 
 DATA: dict[str, dict[str, Callable[[str], Any]]] = {
@@ -35,6 +35,9 @@ DATA: dict[str, dict[str, Callable[[str], Any]]] = {
     },
 }
 """Options of every data set with their converters."""
+
+ALBUM_OPTIONS = ("task", "n", "images", "split", "seed", "depth", "needles", "words", "start")
+"""Arguments of `tinyworld.albums.make_albums`: albums are prompts, not labelled pictures, hence no data spec."""
 
 POOLS = ("avg", "token")
 """What the head of a transformer can read: the mean of the normalised patch tokens, or CLS."""
@@ -67,7 +70,8 @@ class TinyModel:
     seeds : tuple of int
         Shipped training seeds.
     layouts : tuple of str
-        Bird layouts that a head was trained for, or "glyphs"; ``per_layout`` says whether each has its own file.
+        Bird layouts that a head was trained for, or "glyphs", or "albums"; ``per_layout`` says whether each has its
+        own file.
     pools : tuple of str
         Pooling variants of the head, default first; empty for models without a choice.
     shape : mapping
@@ -137,14 +141,43 @@ MODELS: dict[str, TinyModel] = {
         TinyModel("clip", "image-text towers, contrastive on captions", 64, (0,), pools=(), shape=_VIT),
     )
 }
-"""All tiny models by name."""
+"""All tiny vision models by name: what follows ``tiny:`` in a model spec."""
+
+LANGUAGE_MODELS: dict[str, TinyModel] = {
+    "vlm": TinyModel(
+        "vlm",
+        "LLaVA: CLIP tower of 1 block, Llama 64 wide, 4 blocks, 4 heads on 2; answers questions about albums",
+        32,
+        (0, 1, 2),
+        layouts=("albums",),
+    ),
+}
+"""Models that read and write text, for `tinyworld.vlm`; they are no backbones."""
 
 
 def model_entry(name: str) -> TinyModel:
-    """The registry entry, or a UserError with the closest names."""
+    """The registry entry of a vision model, or a UserError with the closest names."""
+    if name in LANGUAGE_MODELS:
+        remedy = f"use tinyworld.load_{name}(seed) or tinyworld.save_{name}(folder, seed)"
+        raise UserError(
+            "a language model is no vision backbone", where="model spec", given=f"tiny:{name}", remedy=remedy
+        )
     if name not in MODELS:
         raise unknown_name("tiny model", name, MODELS, where=f"tiny:{name}")
     return MODELS[name]
+
+
+def any_entry(name: str) -> TinyModel:
+    """The registry entry of any model, or a UserError with the closest names."""
+    known = MODELS | LANGUAGE_MODELS
+    if name not in known:
+        raise unknown_name("tiny model", name, known, where=f"tiny:{name}")
+    return known[name]
+
+
+def all_stems() -> list[str]:
+    """Stems of all shipped weight files."""
+    return [stem for model in (MODELS | LANGUAGE_MODELS).values() for stem in model.files()]
 
 
 def weights_path(stem: str) -> Path:
@@ -161,7 +194,6 @@ def read_card(stem: str) -> dict[str, Any]:
     """The model card: recipe, seed, measured quality, sha256, parameter count, training seconds."""
     path = card_path(stem)
     if not path.is_file():
-        known = [stem for model in MODELS.values() for stem in model.files()]
-        raise unknown_name("model card", stem, known)
+        raise unknown_name("model card", stem, all_stems())
     card: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return card

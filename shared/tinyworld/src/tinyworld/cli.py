@@ -16,11 +16,12 @@ app = make_app(
 @app.command("list", epilog=examples("tinyworld list", "tinyworld list --json"))
 def list_models(as_json: JsonOpt = False, debug: DebugOpt = False) -> None:
     """List the data sets and the shipped models with their measured quality."""
-    from tinyworld.catalogue import DATA, MODELS, card_path, read_card
+    from tinyworld.catalogue import ALBUM_OPTIONS, DATA, LANGUAGE_MODELS, MODELS, card_path, read_card
 
     data = [{"data": f"tinyworld:{name}", "options": ", ".join(kinds)} for name, kinds in DATA.items()]
+    data.append({"data": "tinyworld.make_albums", "options": ", ".join(ALBUM_OPTIONS)})
     found: list[dict[str, Any]] = []
-    for model in MODELS.values():
+    for model in (MODELS | LANGUAGE_MODELS).values():
         cards = [read_card(stem) for stem in model.files() if card_path(stem).is_file()]
         best = [next(iter(card["measured"].values())) for card in cards]
         found.append(
@@ -47,10 +48,10 @@ def card(
     debug: DebugOpt = False,
 ) -> None:
     """Print a model card: recipe, measured quality, hash."""
-    from tinyworld.catalogue import MODELS, read_card
+    from tinyworld.catalogue import LANGUAGE_MODELS, MODELS, any_entry, read_card
 
-    if name in MODELS:
-        name = MODELS[name].files()[0]
+    if name in MODELS or name in LANGUAGE_MODELS:
+        name = any_entry(name).files()[0]
     content = read_card(name)
     if as_json:
         print_json(content)
@@ -61,7 +62,7 @@ def card(
 
 @app.command(epilog=examples("tinyworld train cnn --seed 3 --out mine/", "tinyworld train vit --ship"))
 def train(
-    name: Annotated[str, typer.Argument(help="cnn, vit, vit-fair, vit-reg, glyph-cnn or clip.")],
+    name: Annotated[str, typer.Argument(help="cnn, vit, vit-fair, vit-reg, glyph-cnn, clip or vlm.")],
     seed: SeedOpt = 0,
     layout: Annotated[
         str | None, typer.Option("--layout", help="nested (default) or factorial, for models with a file each.")
@@ -72,12 +73,12 @@ def train(
     quiet: QuietOpt = False,
     debug: DebugOpt = False,
 ) -> None:
-    """Re-make a model from its recipe (one or two CPU minutes)."""
+    """Re-make a model from its recipe (one to three CPU minutes)."""
     import sys
 
-    from tinyworld.catalogue import model_entry
+    from tinyworld.catalogue import any_entry
 
-    entry = model_entry(name)
+    entry = any_entry(name)
     layout = entry.check_layout(layout or entry.layouts[0])
     from tinyworld.recipes import make
 

@@ -35,6 +35,9 @@ def open_tinyworld(spec: Spec, split: str | None = None) -> ImageDataset:
     UserError
         Unknown name, option or split (with the closest known ones), a value out of range, two different splits.
     """
+    if spec.name == "albums":
+        remedy = "use tinyworld.make_albums(task, n)"
+        raise UserError("albums are prompts, not labelled pictures", where=str(spec), remedy=remedy)
     if spec.name not in DATA:
         raise unknown_name("tinyworld data", spec.name, DATA, where=str(spec))
     options = spec.read(**DATA[spec.name])

@@ -28,7 +28,7 @@ from vfm_core.specs import Spec
 from tinyworld import models
 from tinyworld.backbones import load_tiny
 from tinyworld.birds import Birds
-from tinyworld.catalogue import card_path, model_entry, weights_path
+from tinyworld.catalogue import any_entry, card_path, model_entry, weights_path
 from tinyworld.glyphs import DOMAINS, Glyphs
 from tinyworld.models import build, rounded, seeded
 from tinyworld.pretext import PRETEXTS, PretextModel, pretext_loss
@@ -41,6 +41,12 @@ Report = Callable[[int, float], None]
 
 VAL_IMAGES = 640
 """Birds of the split "val" (world seed 0) on which the cards' accuracies are measured."""
+
+MEASURED_ON = {
+    "glyphs": f'Glyphs(n={VAL_IMAGES // 20}, split="val", seed={{seed}})',
+    "albums": 'make_albums(task, 240, images=8, split="val", seed=0)',
+    "birds": f'Birds(n={VAL_IMAGES}, split="val", seed=0)',
+}
 
 
 @dataclass
@@ -141,6 +147,15 @@ def train_clip_towers(seed: int, report: Report | None = None) -> Product:
     return Product(dict(model.state_dict()), recipe, seconds, _size(model))
 
 
+def train_language(seed: int, report: Report | None = None) -> Product:
+    """Pictures, words and answers (see `tinyworld.vlm_training`)."""
+    from tinyworld.vlm_training import RECIPE, train_vlm
+
+    model, seconds = train_vlm(seed, report)
+    tensors = {name: value for name, value in model.state_dict().items() if name != "lm_head.weight"}  # tied
+    return Product(tensors, RECIPE.format(seed=seed), seconds, _size(model))
+
+
 def _classify(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(model(x), y)
 
@@ -234,8 +249,12 @@ def measure(
 
     Of a glyph model: on ``n // 20`` pictures of each of its own glyphs in both domains.
     """
-    entry = model_entry(name)
+    entry = any_entry(name)
     found = {}
+    if layout == "albums":
+        from tinyworld.vlm_training import measure_vlm
+
+        return measure_vlm(path)
     if layout == "glyphs":
         native = load_tiny(Spec("tiny", name, str(path)), task="classify")
         for domain in DOMAINS:
@@ -260,7 +279,7 @@ def make(
     Parameters
     ----------
     name : str
-        Key of `MODELS`.
+        Key of `MODELS` or `LANGUAGE_MODELS`.
     seed : int
         Training seed.
     layout : str, optional
@@ -275,7 +294,7 @@ def make(
     UserError
         Unknown model, or a layout that the model has no file for.
     """
-    entry = model_entry(name)
+    entry = any_entry(name)
     layout = entry.check_layout(layout or entry.layouts[0])
     recipes: dict[str, Callable[..., Product]] = {
         "cnn": partial(train_cnn, layout=layout),
@@ -284,6 +303,7 @@ def make(
         "vit-reg": train_vit_reg,
         "glyph-cnn": train_glyph_cnn,
         "clip": train_clip_towers,
+        "vlm": train_language,
     }
     product = recipes[name](seed=seed, report=report)
     stem = entry.file(seed, layout)
@@ -300,9 +320,7 @@ def make(
         "image_size": entry.image_size,
         "shape": dict(entry.shape or {}),
         "measured": measure(name, path, layout, seed=seed),
-        "measured_on": f'Glyphs(n={VAL_IMAGES // 20}, split="val", seed={seed})'
-        if layout == "glyphs"
-        else f'Birds(n={VAL_IMAGES}, split="val", seed=0)',
+        "measured_on": MEASURED_ON.get(layout, MEASURED_ON["birds"]).format(seed=seed),
         "training_cpu_seconds": round(product.seconds, 1),
         "bytes": path.stat().st_size,
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
