@@ -226,8 +226,8 @@ CLAIMS: tuple[Claim, ...] = (
     *_table5(
         "list, generate",
         0.5,
-        alloc="entropy is highest in the first two layers here and takes budget from the last two; the same shift "
-        "costs h2o's listing 0.08 to 0.13 on each of the three networks (40 albums each)",
+        alloc="entropy is highest in the first two layers here (last table) and takes budget from the last two; "
+        "pyramidkv, which favours low layers too, also lists worse than snapkv at 0.2",
         merge="no difference: what listing needs is gone before merging can help",
     ),
     *(
